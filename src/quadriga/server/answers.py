@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quadriga.engine.async_engine import Stream
+from quadriga.engine.async_engine import Made, Stream
 from quadriga.engine.request import PromptReport, TokenEvent
 from quadriga.server.errors import ApiError
+from quadriga.server.sse import EventSender
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Answers:
         self._streams, self._inbox, self.n_prompt_tokens = streams, streams[0].inbox, n_prompt_tokens
         self._ended: Callable[[Answers], None] | None = ended
         self.choices = [Choice(i) for i in range(len(streams))]
+        self._choice_of = dict(zip(streams, self.choices, strict=True))
         self.started = time.perf_counter()
         self.first: float | None = None
         late = ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded")
@@ -61,23 +63,51 @@ class Answers:
         Raises:
             QuadrigaError: an answer failed, or was not complete at its deadline.
         """
-        choices = dict(zip(self._streams, self.choices, strict=True))
-        left = len(choices)
         try:
-            while left:
-                batch: list[tuple[Choice, TokenEvent]] = []
-                for stream, made in await self._inbox.take():
-                    assert isinstance(made, TokenEvent), "an answer is made of tokens"
-                    batch.append((choices[stream], made))
-                self.first = self.first or time.perf_counter()
-                for choice, event in batch:
-                    choice.events.append(event)
-                    choice.prompt = choice.prompt or event.prompt
-                    choice.finish_reason = event.finish_reason
-                    left -= event.finish_reason is not None
-                yield batch
+            while any(choice.finish_reason is None for choice in self.choices):
+                yield self._noted(await self._inbox.take())
         finally:
             self.close()
+
+    def _noted(self, items: Sequence[tuple[Stream, Made]]) -> list[tuple[Choice, TokenEvent]]:
+        """What has come, put down to the choices that it belongs to."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        batch: list[tuple[Choice, TokenEvent]] = []
+        for stream, event in items:
+            assert isinstance(event, TokenEvent), "an answer is made of tokens"
+            choice = self._choice_of[stream]
+            choice.events.append(event)
+            choice.prompt = choice.prompt or event.prompt
+            choice.finish_reason = event.finish_reason
+            batch.append((choice, event))
+        return batch
+
+    async def send(self, sender: EventSender, write: Callable[[Choice, TokenEvent], None]) -> None:
+        """Every event as it comes, to the last; see :meth:`batches` for what it raises.
+
+        What comes between an answer's ends goes to the client in the turn of the loop that brings it, without waking
+        this task, as long as the client keeps up.
+
+        Args:
+            sender: what is written leaves through it, all of a step at once.
+            write: writes one event into it.
+        """
+
+        def at_once(items: Sequence[tuple[Stream, Made]]) -> bool:
+            ends = any(isinstance(event, TokenEvent) and event.finish_reason is not None for _, event in items)
+            if ends or not sender.is_open:
+                return False
+            for choice, event in self._noted(items):
+                write(choice, event)
+            sender.push()
+            return True
+
+        self._inbox.at_once = at_once
+        async for batch in self.batches():
+            for choice, event in batch:
+                write(choice, event)
+            await sender.flush()
 
     async def collect(self) -> None:
         """Run all of them to their end; see :meth:`batches` for what it raises."""
@@ -86,6 +116,7 @@ class Answers:
 
     def close(self) -> None:
         """Drop whatever still runs."""
+        self._inbox.at_once = None
         if self._alarm is not None:
             self._alarm.cancel()
         for stream in self._streams:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -14,7 +16,7 @@ from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import INLINE_BYTES, ChatRequest
 from quadriga.server.service import Service
-from quadriga.server.sse import EventSender, EventStream, json_response, part
+from quadriga.server.sse import EventSender, EventStream, TextEvent, json_response, part
 from quadriga.server.tools import Reading, ToolUse
 from quadriga.server.tools import reader as reader_of
 from quadriga.text.chat import RenderedPrompt, render, render_soon
@@ -200,6 +202,8 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             one["finish_reason"] = more.pop("finish_reason", None)
             return {**head, "choices": [one], **with_usage, **more}
 
+        plain = [TextEvent(partial(_said, chunk, choice)) for choice in answers.choices]
+
         def write(choice: Choice, event: TokenEvent) -> None:
             extra: dict[str, Any] = {"logprobs": logprobs_of(service, [event])} if body.logprobs else {}
             if body.routing:
@@ -210,8 +214,10 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
                 sender.event(chunk(choice, {}, **extra))
                 extra = {}
             for piece in pieces:
-                if isinstance(piece, str):
-                    sender.event(chunk(choice, {"content": piece}, **extra))
+                if isinstance(piece, str) and not extra:
+                    sender.raw(plain[choice.index].with_text(piece))
+                elif isinstance(piece, str):
+                    sender.event(_said(chunk, choice, piece, **extra))
                     extra = {}
                 elif isinstance(piece, Thought):
                     sender.event(chunk(choice, {"reasoning_content": piece.text}))
@@ -228,10 +234,7 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             for choice in answers.choices:
                 sender.event(chunk(choice, {"role": "assistant", "content": "", "refusal": None}))
             await sender.flush()
-            async for batch in answers.batches():
-                for choice, event in batch:
-                    write(choice, event)
-                await sender.flush()
+            await answers.send(sender, write)
             record(service, answers)
             if usage:
                 sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
@@ -240,6 +243,11 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             answers.close()
 
     return EventStream(produce)
+
+
+def _said(chunk: Callable[..., dict[str, Any]], choice: Choice, piece: str, **more: Any) -> dict[str, Any]:
+    """The chunk of some words."""
+    return chunk(choice, {"content": piece}, **more)
 
 
 def _call_delta(part: CallPart) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -19,7 +19,7 @@ from quadriga.server.chat import record
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Service
-from quadriga.server.sse import EventSender, EventStream, json_response, part
+from quadriga.server.sse import EventSender, EventStream, TextEvent, json_response, part
 from quadriga.text.infill import marks_of
 from quadriga.text.stream import Offsets
 
@@ -91,7 +91,7 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
             raise ApiError(400, "suffix takes one text as prompt, and no echo", param="suffix")
         prompts = [await service.work.encode(caller.n_bytes, infilled, service, body.prompt, body.suffix)]
     else:
-        read = functools.partial(prompts_of, parse_special=body.parse_special, add_special=body.add_special_tokens)
+        read = partial(prompts_of, parse_special=body.parse_special, add_special=body.add_special_tokens)
         prompts = await service.work.encode(caller.n_bytes, read, service, body.prompt, "prompt")
     return await service.run(
         prompts, params, body, caller, constraint=service.constraint(body.response_format)
@@ -146,9 +146,14 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
             one["finish_reason"] = more.pop("finish_reason", None)
             return {**head, "choices": [one], **with_usage, **more}
 
+        plain = [TextEvent(partial(chunk, choice)) for choice in answers.choices]
         offsets: dict[int, Offsets] = {}
 
         def write(choice: Choice, event: TokenEvent) -> None:
+            if body.logprobs is None and not body.routing and event.finish_reason is None:
+                if event.text:
+                    sender.raw(plain[choice.index].with_text(event.text))
+                return
             extra: dict[str, Any] = {"finish_reason": event.finish_reason}
             if body.logprobs is not None:
                 if choice.index not in offsets:
@@ -166,10 +171,7 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
                 for choice in answers.choices:
                     sender.event(chunk(choice, echoes[choice.index // n]))
             await sender.flush()
-            async for batch in answers.batches():
-                for choice, event in batch:
-                    write(choice, event)
-                await sender.flush()
+            await answers.send(sender, write)
             record(service, answers)
             if usage:
                 sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})

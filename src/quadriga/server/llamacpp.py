@@ -170,14 +170,16 @@ async def answer(service: Service, body: LlamaRequest, caller: Caller) -> Respon
 
     async def produce(sender: EventSender) -> None:
         n_made, n_prompt = 0, len(prompts[0])
+
+        def write(_: Choice, event: TokenEvent) -> None:
+            nonlocal n_made
+            n_made += 1
+            shown = {"index": 0, "content": event.text, "tokens": [event.token_id], "stop": False}
+            shown |= {"id_slot": -1, "tokens_predicted": n_made, "tokens_evaluated": n_prompt}
+            sender.event({**shown, **_probs(service, body, [event])})
+
         try:
-            async for batch in answers.batches():
-                for _, event in batch:
-                    n_made += 1
-                    shown = {"index": 0, "content": event.text, "tokens": [event.token_id], "stop": False}
-                    shown |= {"id_slot": -1, "tokens_predicted": n_made, "tokens_evaluated": n_prompt}
-                    sender.event({**shown, **_probs(service, body, [event])})
-                await sender.flush()
+            await answers.send(sender, write)
             chat.record(service, answers)
             end = _end(service, body, answers, answers.choices[0], prompts[0])
             sender.event({"content": "", "tokens": [], **end})

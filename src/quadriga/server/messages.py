@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
+from quadriga.engine.request import TokenEvent
 from quadriga.server import chat, text_routes
-from quadriga.server.answers import Answers
+from quadriga.server.answers import Answers, Choice
 from quadriga.server.caller import Caller
 from quadriga.server.completions import stop_hit
 from quadriga.server.errors import ApiError
@@ -330,23 +331,24 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
             sender.event({"type": kind, **fields}, name=kind)
 
         blocks, reader = _Blocks(send), reader_of(reading, streams=True)
+
+        def write(_: Choice, event: TokenEvent) -> None:
+            reason = event.finish_reason
+            for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
+                if isinstance(piece, str):
+                    blocks.text(piece)
+                elif isinstance(piece, CallPart):
+                    blocks.part(piece)
+                elif isinstance(piece, Thought):
+                    blocks.thought(piece.text)
+                else:
+                    blocks.call(_tool_block(piece))
+
         try:
             send("message_start", message=_message(service.shown_name(body.model), [], _end(None, None), answers))
             send("ping")
             await sender.flush()
-            async for batch in answers.batches():
-                for _, event in batch:
-                    reason = event.finish_reason
-                    for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
-                        if isinstance(piece, str):
-                            blocks.text(piece)
-                        elif isinstance(piece, CallPart):
-                            blocks.part(piece)
-                        elif isinstance(piece, Thought):
-                            blocks.thought(piece.text)
-                        else:
-                            blocks.call(_tool_block(piece))
-                await sender.flush()
+            await answers.send(sender, write)
             chat.record(service, answers)
             blocks.finish()
             called = reader.n_calls > 0

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from msgspec import Struct
 from starlette.responses import Response
 
+from quadriga.engine.request import TokenEvent
 from quadriga.server import chat, completions, text_routes
-from quadriga.server.answers import Answers
+from quadriga.server.answers import Answers, Choice
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.fleet import plain_name
@@ -287,20 +288,21 @@ async def _stream(
     sender: EventSender,
 ) -> None:
     reader = reader_of(reading)
+
+    def write(_: Choice, event: TokenEvent) -> None:
+        reason = event.finish_reason
+        for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
+            if isinstance(piece, str):
+                shown = said(piece, "", [])
+            elif isinstance(piece, Thought):
+                shown = said("", piece.text, [])
+            else:
+                assert not isinstance(piece, CallPart), "Ollama's calls are whole"
+                shown = said("", "", [piece])
+            line(sender, {**_head(body), **shown, "done": False})
+
     try:
-        async for batch in answers.batches():
-            for _, event in batch:
-                reason = event.finish_reason
-                for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
-                    if isinstance(piece, str):
-                        shown = said(piece, "", [])
-                    elif isinstance(piece, Thought):
-                        shown = said("", piece.text, [])
-                    else:
-                        assert not isinstance(piece, CallPart), "Ollama's calls are whole"
-                        shown = said("", "", [piece])
-                    line(sender, {**_head(body), **shown, "done": False})
-            await sender.flush()
+        await answers.send(sender, write)
         chat.record(service, answers)
         line(sender, {**_head(body), **said("", "", []), **_end(answers, reader.n_calls > 0)})
     finally:

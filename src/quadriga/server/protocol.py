@@ -10,6 +10,8 @@ kept, up to a size, so that the end of the connection is read, and it ends whate
 And a client may offer to speak another protocol (``Upgrade: h2c``, which Java's HTTP client does with every request).
 The offer is not taken, and the request is one like any other (RFC 9110, 7.8). The parser would read nothing behind its
 head, so that the body were lost: it gets the head again without the offer.
+
+Pieces of a stream need not pass the application's layers one by one: a request's scope has a :class:`BodyWriter`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import weakref
 from typing import Any
 
 import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from quadriga.server.sse import DIRECT
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
@@ -37,6 +42,36 @@ LINGER_S = 1.0
 _OFFERS = (b"upgrade", b"http2-settings")
 
 _ANSWER = b"HTTP/1.1 %s\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class BodyWriter:
+    """Writes pieces of an answer's body to its connection, as ``RequestResponseCycle.send`` does; see ``sse.Direct``.
+
+    Args:
+        cycle: the request and its answer. It holds this, by its scope, and is not held: a circle would keep what the
+            request brought until the collector comes by.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = weakref.ref(cycle)
+
+    @property
+    def is_open(self) -> bool:
+        """A body of chunks is under way, and what was written has not gathered: the client keeps up."""
+        cycle = self._cycle()
+        return (
+            cycle is not None
+            and cycle.response_started
+            and not (cycle.response_complete or cycle.disconnected or cycle.flow.write_paused)
+            and cycle.chunked_encoding is True
+            and cycle.scope["method"] != "HEAD"
+        )
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece that is not empty; only while it is open."""
+        cycle = self._cycle()
+        assert cycle is not None, "it is open"
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -99,6 +134,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
+        cycle.scope["extensions"] = {**(cycle.scope.get("extensions") or {}), DIRECT: BodyWriter(cycle)}  # type: ignore[dict-item]
         super()._start_asgi_task(cycle, app)
 
     def _is_ahead(self) -> bool:

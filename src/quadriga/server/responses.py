@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
+from quadriga.engine.request import TokenEvent
 from quadriga.errors import QuadrigaError
 from quadriga.server import chat
-from quadriga.server.answers import Answers
+from quadriga.server.answers import Answers, Choice
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.response_items import FlatTool, Output, call_item, text_item, thought_item
@@ -313,25 +314,25 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
-        out = Output(sender, body.tools or [])
+        out, reader = Output(sender, body.tools or []), reader_of(reading, streams=True)
+
+        def write(_: Choice, event: TokenEvent) -> None:
+            reason = event.finish_reason
+            for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
+                if isinstance(piece, str):
+                    out.text(piece)
+                elif isinstance(piece, CallPart):
+                    out.part(piece)
+                elif isinstance(piece, Thought):
+                    out.thought(piece.text)
+                else:
+                    out.call(piece)
+
         try:
             out.send("response.created", response=shell)
             out.send("response.in_progress", response=shell)
             await sender.flush()
-            reader = reader_of(reading, streams=True)
-            async for batch in answers.batches():
-                for _, event in batch:
-                    reason = event.finish_reason
-                    for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
-                        if isinstance(piece, str):
-                            out.text(piece)
-                        elif isinstance(piece, CallPart):
-                            out.part(piece)
-                        elif isinstance(piece, Thought):
-                            out.thought(piece.text)
-                        else:
-                            out.call(piece)
-                await sender.flush()
+            await answers.send(sender, write)
             chat.record(service, answers)
             cut = answers.choices[0].finish_reason == "length"
             whole = _finish(shell, answers, out.finish("incomplete" if cut else "completed"))

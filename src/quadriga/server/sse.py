@@ -2,14 +2,18 @@
 
 Starlette lets a handler run to its end when the client of a plain answer is gone; here both kinds watch the connection,
 and whatever was computing is dropped before the engine's next step.
+
+A piece of a stream goes through ASGI's ``send``, a coroutine a layer of the application; or, where the client keeps up,
+straight to its connection (:class:`Direct`): a third of what a token cost here was spent on the way between.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -21,7 +25,23 @@ from quadriga.server.errors import ApiError, as_api_error, as_bug
 
 PING_S = 10.0
 
+DIRECT = "quadriga.direct"
+"""The extension of a request's scope that holds the way to its connection, where the server has one."""
+
 _encode = msgspec.json.Encoder().encode
+
+
+class Direct(Protocol):
+    """The way to a client's connection, for pieces of a body that need not wait."""
+
+    @property
+    def is_open(self) -> bool:
+        """A body is under way, and the client has taken enough of it to be sent more."""
+        ...
+
+    def write(self, piece: bytes) -> None:
+        """Send it; only while it is open."""
+        ...
 
 
 class Gone(Exception):
@@ -64,6 +84,22 @@ async def left(receive: Receive) -> None:
         pass
 
 
+class TextEvent:
+    """An event of which only one text changes from token to token: what stays is encoded once a stream.
+
+    Args:
+        body: the event with a text in it, once.
+    """
+
+    def __init__(self, body: Callable[[str], Any]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, self._after = (b"data: " + _encode(body(mark)) + b"\n\n").split(_encode(mark))
+
+    def with_text(self, text: str) -> bytes:
+        """Its bytes."""
+        return self._before + _encode(text) + self._after
+
+
 class EventStream(Response):
     """Server-sent events made by ``produce(sender)``, which is cancelled when the client leaves.
 
@@ -84,7 +120,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sender = EventSender(send)
+        sender = EventSender(send, scope.get("extensions", {}).get(DIRECT))
         tasks = [asyncio.create_task(t) for t in (self._run(sender), left(receive))]
         if self.pings:
             tasks.append(asyncio.create_task(sender.ping()))
@@ -120,10 +156,11 @@ class EventStream(Response):
 
 
 class EventSender:
-    """Writes events: gathered until :meth:`flush`, so that what came at once leaves at once."""
+    """Writes events: gathered until :meth:`flush` or :meth:`push`, so that what came at once leaves at once."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, direct: Direct | None = None) -> None:
         self._send, self._lock, self._parts = send, asyncio.Lock(), list[bytes]()
+        self._direct = direct
 
     def event(self, body: Any, *, name: str | None = None) -> None:
         """One event."""
@@ -144,6 +181,18 @@ class EventSender:
             await asyncio.sleep(PING_S)
             self.raw(b": ping\n\n")
             await self.flush()
+
+    @property
+    def is_open(self) -> bool:
+        """What has gathered can leave now, without waiting and without overtaking anything: see :meth:`push`."""
+        return self._direct is not None and not self._lock.locked() and self._direct.is_open
+
+    def push(self) -> None:
+        """Send what has gathered, in no time; only while it :attr:`is_open`."""
+        assert self._direct is not None, "it is open"
+        parts, self._parts = self._parts, []
+        if parts:
+            self._direct.write(b"".join(parts))
 
     async def flush(self) -> None:
         """Send what has gathered; waits while the client is behind in reading."""
