@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from quadriga.cli.info_report import info, load_config
-from quadriga.errors import CheckpointError, ConfigError
+from quadriga.errors import CatalogueError, CheckpointError, ConfigError
 from quadriga.model.families import PRESETS, family_of, preset
 
 
@@ -83,7 +83,7 @@ def test_what_a_file_leaves_open_is_said(capsys, tmp_path):
 def test_faults_are_named(tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'dbrx-132b'"):
         load_config("dbrx-132")
-    with pytest.raises(CheckpointError, match="there is nothing at"):
+    with pytest.raises(CatalogueError, match="there is no file, folder or catalogue model named"):
         load_config(str(tmp_path / "missing"))
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         load_config(str(tmp_path))

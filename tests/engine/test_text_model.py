@@ -11,6 +11,7 @@ from quadriga import SamplingParams
 from quadriga.engine.scoring import Scored
 from quadriga.engine.text_model import TextModel, weights_hash
 from quadriga.errors import RequestError, TokenizerError
+from quadriga.hub import catalogue
 from quadriga.text.chat import render
 from tests.server.conftest import tiny_llm
 
@@ -129,6 +130,8 @@ def test_the_hash_follows_the_weights(tmp_path: Path) -> None:
     weights.write_bytes(bytes((3 << 20) - 1) + b"xx")
     assert len({first, second, weights_hash(str(tmp_path / "a"))}) == 3
     assert weights_hash("smollm2-135m-instruct") == "b179c9523d0e6a0f"
+    assert weights_hash("quadriga-nano") == weights_hash(str(catalogue.resolve("quadriga-nano")))
+    assert weights_hash("no such model") == "made in memory"
 
 
 def test_the_hash_follows_every_part_of_a_split_file(tmp_path: Path) -> None:

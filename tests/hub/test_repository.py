@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quadriga.cli.info_report import load_config
 from quadriga.errors import CatalogueError
 from quadriga.hub import repository
-from quadriga.hub.catalogue import cached, remove, resolve, source_of, verify
+from quadriga.hub.catalogue import cached, described, remove, resolve, source_of, verify
 from quadriga.hub.repository import HubName
+from quadriga.model.families import family_of, preset
 
 TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -33,7 +37,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 siblings = [SimpleNamespace(rfilename=file, size=len(content)) for file, content in files.items()]
                 return SimpleNamespace(siblings=siblings, sha="c0ffee")
 
-        def snapshot_download(name: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        def snapshot_download(
+            name: str,
+            *,
+            revision: str | None,
+            local_dir: Path = tmp_path,
+            allow_patterns: Sequence[str] = (),
+            local_files_only: bool = False,
+        ) -> None:
+            if local_files_only:  # tests/hub/test_elsewhere.py
+                raise FileNotFoundError(name)
             calls.append({"fetched": name, "revision": revision, "patterns": allow_patterns})
             for file, content in {**files, ".cache/lock": b""}.items():
                 allowed = any(fnmatch.fnmatchcase(file, pattern) for pattern in allow_patterns)
@@ -60,6 +73,23 @@ def test_a_repository_is_fetched_once_in_the_version_that_was_listed(hub: Any) -
     assert len(calls) == 2
     assert verify("hf:org/model@v1.0") == []
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "entry.json", "model.safetensors"]
+
+
+def test_what_a_model_is_comes_without_its_weights(hub: Any) -> None:
+    config = json.dumps(family_of(preset("llama2-7b")).config_to_hf(preset("llama2-7b"))).encode()
+    calls = hub({"config.json": config, "model.safetensors": b"x" * 100, "tokenizer.json": b"{}"})
+    assert load_config("https://huggingface.co/org/model/tree/v1") == preset("llama2-7b")
+    (call,) = calls
+    assert "config.json" in call["patterns"] and "*.safetensors.index.json" in call["patterns"]
+    assert not any(
+        fnmatch.fnmatchcase(file, kind) for file in ("model.safetensors", "a.gguf") for kind in call["patterns"]
+    )
+    assert cached() == []
+    assert (resolve("hf:org/model@v1") / "model.safetensors").is_file() and cached()[0].name == "hf:org/model@v1"
+    assert described("hf:org/model@v1") == resolve("hf:org/model@v1") and len(calls) == 3
+    hub({"a-Q8_0.gguf": b"x", "LICENSE": b""})
+    with pytest.raises(CatalogueError, match=r"org/g has no config.json .*`quadriga pull`"):
+        described("hf:org/g")
 
 
 def test_one_of_many_gguf_files_is_a_file_by_its_own_name(hub: Any) -> None:

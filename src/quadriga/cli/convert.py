@@ -68,8 +68,11 @@ def convert_command(
     limit = None if budget is None else options.size(budget, "--budget")
     if out is None and not dry_run:
         raise ConfigError("give the path of the result, or --dry-run")
-    with progress_bar("fetching") as show:
-        path = catalogue.resolve(model, progress=show)
+    if dry_run:
+        path = catalogue.described(model)
+    else:
+        with progress_bar("fetching") as show:
+            path = catalogue.resolve(model, progress=show)
 
     if pickles:
         print(

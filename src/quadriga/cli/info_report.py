@@ -7,6 +7,7 @@ here imports torch or reads a weight, so the answer comes in well under a second
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ from quadriga.runtime import memory_bytes
 
 
 def load_config(name_or_path: str) -> ModelConfig:
-    """The configuration behind a preset's name, a catalogue model (fetched if it is not here yet) or a path.
+    """The configuration behind a preset's name, any name of a model (:func:`catalogue.described`) or a path.
 
     Raises:
+        CatalogueError: the configuration could not be fetched, or nothing is there.
         ConfigError: no preset of this name, or a configuration that is not supported.
         CheckpointError: nothing at the path that is a checkpoint.
     """
@@ -48,11 +50,10 @@ def _load(name_or_path: str) -> tuple[ModelConfig, tuple[str, ...]]:
     """:func:`load_config`, and what the files left open and how it was read."""
     if name_or_path in families.PRESETS:
         return families.PRESETS[name_or_path], ()
-    path = Path(name_or_path)
-    if catalogue.is_known(name_or_path):
-        path = catalogue.resolve(name_or_path)
-    elif not (path.expanduser().exists() or "/" in name_or_path or path.suffix):
+    is_name = not (Path(name_or_path).expanduser().exists() or re.search(r"[/.:]", name_or_path))
+    if is_name and not catalogue.is_known(name_or_path):
         return families.preset(name_or_path), ()  # raises, naming the nearest preset
+    path = catalogue.described(name_or_path)
     found = locate(path)
     return found.config, found.notes
 

@@ -23,7 +23,7 @@ _MACHINE = "Model and machine"
 _RESULT = "Result"
 _REMOTE = "A model behind an address"
 
-_MODEL_HELP = "A catalogue name, hf:ORG/REPO (of GGUF files: hf:ORG/REPO:Q4_K_M), a directory or a GGUF file"
+_MODEL_HELP = "A catalogue name, hf:ORG/REPO (of GGUF files: hf:ORG/REPO:Q4_K_M), ollama:NAME, a directory, a GGUF file"
 
 # A model and how it runs ---------------------------------------------------------------------------------------------
 

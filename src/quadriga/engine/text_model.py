@@ -17,7 +17,7 @@ from quadriga.engine.asked import several
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import SamplingParams
 from quadriga.engine.scoring import Scored
-from quadriga.errors import RequestError, TokenizerError
+from quadriga.errors import CatalogueError, RequestError, TokenizerError
 from quadriga.hub import catalogue
 from quadriga.io import gguf_names
 
@@ -195,11 +195,10 @@ def weights_hash(name_or_path: str) -> str:
     """
     if name_or_path in catalogue.CATALOGUE:
         return catalogue.CATALOGUE[name_or_path].sha256[:16]
-    path = Path(name_or_path)
-    if not path.exists():
-        if not name_or_path.startswith("hf:"):
-            return "made in memory"
+    try:
         path = catalogue.resolve(name_or_path)
+    except CatalogueError:
+        return "made in memory"
     parts = gguf_names.parts_here(path) if path.is_file() else []
     files = parts or sorted(f for f in path.rglob("*") if f.is_file() and f.name != "entry.json")
     digest, edge = hashlib.sha256(), 1 << 20

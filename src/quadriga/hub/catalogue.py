@@ -25,7 +25,7 @@ from pathlib import Path
 
 from quadriga import runtime
 from quadriga.errors import CatalogueError
-from quadriga.hub import repository
+from quadriga.hub import elsewhere, repository
 from quadriga.hub.cache import cannot_write, locked, need_room, sha256_of, size_of
 from quadriga.hub.download import Progress, from_index
 from quadriga.io.suggested import Suggested
@@ -192,13 +192,13 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     """Return the local path of a model, downloading it if necessary.
 
     Args:
-        name_or_path: an existing path, a catalogue name, ``hf:ORG/REPO[@REVISION][:QUANTISATION]``, or the
-            address of such a repository's page.
+        name_or_path: an existing path, a catalogue name, ``hf:ORG/REPO[@REVISION][:QUANTISATION]`` or the address of
+            such a repository's page, or ``ollama:NAME[:TAG]``.
 
     Raises:
         CatalogueError: no such path or name, no network, a wrong hash, or a full disk.
     """
-    name_or_path = _hub_name(name_or_path)
+    name_or_path = _without_address(name_or_path)
     if re.match(r"[a-z][a-z0-9+.-]*://", name_or_path, re.IGNORECASE):
         raise CatalogueError(
             f"models are not downloaded from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
@@ -206,6 +206,8 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
         )
     if name_or_path.startswith("hf:"):
         return _from_hub(name_or_path, progress)
+    if name_or_path.startswith(elsewhere.OLLAMA):
+        return elsewhere.in_ollama(name_or_path.removeprefix(elsewhere.OLLAMA))
     if name_or_path in CATALOGUE:
         return _from_package(CATALOGUE[name_or_path], progress)
     if name_or_path in DELTAS:
@@ -214,7 +216,7 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
         return _from_here(BUNDLED[name_or_path])
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return path
+        return elsewhere.snapshot_of(path)
     from quadriga.model.families import PRESETS
 
     if name_or_path in PRESETS:
@@ -231,7 +233,26 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     )
 
 
-def _hub_name(name_or_path: str) -> str:
+def described(name_or_path: str) -> Path:
+    """As :func:`resolve`, but of a model on the hub that is not here only its configuration and index are fetched.
+
+    Raises:
+        CatalogueError: as :func:`resolve`; a repository that has no configuration.
+    """
+    name = _without_address(name_or_path)
+    if not name.startswith("hf:"):
+        return resolve(name)
+    asked, folder = _hub_name(name), models_dir() / _folder_name(name)
+    found = _model_in(folder) or elsewhere.in_hugging_face_cache(asked)
+    if found is not None:
+        return found
+    staged = folder.parent / (folder.name + ".part")
+    with locked(folder):
+        repository.fetch_description(asked, staged)
+    return staged
+
+
+def _without_address(name_or_path: str) -> str:
     """hf:ORG/REPO for the address of its page, unless a path here is called so."""
     found = repository.from_address(name_or_path)
     return found if found and not Path(name_or_path).exists() else name_or_path
@@ -417,15 +438,19 @@ def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
         )
 
 
-def _from_hub(name: str, progress: Progress | None) -> Path:
+def _hub_name(name: str) -> repository.HubName:
     asked = repository.parse(name)
     if asked is None:
         raise CatalogueError(
             "hub names must look like hf:ORG/REPO, hf:ORG/REPO@REVISION or, of GGUF files, hf:ORG/REPO:Q4_K_M, got "
             f"{name[:120]!r}"
         )
-    folder = models_dir() / _folder_name(name)
-    found = _model_in(folder)
+    return asked
+
+
+def _from_hub(name: str, progress: Progress | None) -> Path:
+    asked, folder = _hub_name(name), models_dir() / _folder_name(name)
+    found = _model_in(folder) or elsewhere.in_hugging_face_cache(asked)
     if found is not None:
         return found
     with locked(folder):

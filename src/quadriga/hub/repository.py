@@ -32,12 +32,9 @@ _ADDRESS = re.compile(
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>[\w./-]+))?)?/?(?:\?.*)?"
 )
 
+_DESCRIPTION = ("*.safetensors.index.json", "config.json", "generation_config.json", *BESIDE, "params.json")
 _BESIDE_WEIGHTS = (
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    *BESIDE,
-    "params.json",
+    *_DESCRIPTION,
     "tokenizer*.json",
     "tokenizer.model",
     "tekken.json",
@@ -162,7 +159,7 @@ def fetch(name: HubName, staged: Path, progress: Progress | None) -> str:
     """
     import huggingface_hub
 
-    with _errors_of_the_hub(name.repository, staged.parent):
+    with _hub_errors(name.repository, staged.parent):
         facts = huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in facts.siblings or ()}
         files, model = chosen(sizes, name)
@@ -184,8 +181,27 @@ def fetch(name: HubName, staged: Path, progress: Progress | None) -> str:
     return model
 
 
+def fetch_description(name: HubName, staged: Path) -> None:
+    """Download the configuration and the index of the weights into a folder that :func:`fetch` may go on with.
+
+    Raises:
+        CatalogueError: no such repository, no network, or a repository without a configuration, as those of GGUF files.
+    """
+    import huggingface_hub
+
+    with _hub_errors(name.repository, staged.parent):
+        huggingface_hub.snapshot_download(
+            name.repository, revision=name.revision, local_dir=staged, allow_patterns=list(_DESCRIPTION)
+        )
+    if name.which or not any((staged / file).is_file() for file in ("config.json", "params.json")):
+        raise CatalogueError(
+            f"{name.repository} has no config.json that says what the model is; its weights do: fetch them first "
+            "(`quadriga pull`)"
+        )
+
+
 @contextlib.contextmanager
-def _errors_of_the_hub(repository: str, folder: Path) -> Iterator[None]:
+def _hub_errors(repository: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except CatalogueError:

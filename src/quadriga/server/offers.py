@@ -104,4 +104,4 @@ def stored(known: set[str], how: LoadOptions, budget: int) -> list[Offer]:
 
 def called(source: str) -> str:
     """A model's name where nobody gives it one: the last part of its path, without a colon."""
-    return Path(source.removeprefix("hf:")).name.replace(":", "-")
+    return Path(source.removeprefix("hf:").removeprefix("ollama:")).name.replace(":", "-")
