@@ -119,6 +119,21 @@ def test_removed_means_gone(index: Callable[..., list[list[str]]]) -> None:
         verify(DEFAULT_MODEL)
 
 
+def test_a_model_whose_removal_is_interrupted_is_in_the_cache_no_more(
+    index: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index()
+    path = resolve(DEFAULT_MODEL)
+
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalogue.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove(DEFAULT_MODEL)
+    assert path.is_file() and cached() == []
+
+
 def test_two_callers_fetch_once(index: Callable[..., list[list[str]]]) -> None:
     calls = index()
     paths: list[Path] = []

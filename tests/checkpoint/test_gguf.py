@@ -140,6 +140,25 @@ def test_a_file_written_by_gguf_py(tmp_path: Path, alignment: int) -> None:
         assert stored[tensor.offset : tensor.offset + tensor.nbytes] == expected
 
 
+def test_roles_that_no_token_has(tmp_path: Path) -> None:
+    """llama.cpp's converter of llama2.c's models writes 2^32 - 1 there; elsewhere the number is one."""
+    path = tmp_path / "m.gguf"
+    writer = oracle.GGUFWriter(path, "llama")
+    writer.add_pad_token_id(0xFFFFFFFF)
+    writer.add_sep_token_id(0xFFFFFFFF)
+    writer.add_eos_token_id(2)
+    writer.add_uint64("tokenizer.ggml.mask_token_id", 0xFFFFFFFF)
+    writer.add_uint32("general.file_type", 0xFFFFFFFF)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = read_header(path).metadata
+    roles = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    assert roles == {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.mask_token_id": 0xFFFFFFFF}
+    assert metadata["general.file_type"] == 0xFFFFFFFF
+
+
 def test_version_2_is_read(tmp_path: Path) -> None:
     content = bytearray(small())
     content[4] = 2

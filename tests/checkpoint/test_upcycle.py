@@ -16,6 +16,7 @@ from quadriga.errors import ConfigError
 from quadriga.io import convert
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.kernels.arrays import array, tensor
+from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer, random_parameters
@@ -186,6 +187,26 @@ def test_pruning_leaves_out_the_least_useful(tmp_path: Path) -> None:
     assert logits(small).isfinite().all()
     with pytest.raises(ConfigError, match="between top_k=3 and the model's 5; got 2"):
         prune(moe, 2, worth)
+
+
+@pytest.mark.parametrize(
+    "name", ["dbrx", "qwen2moe", "minimax-m2", "hunyuan-moe", "granitemoeshared", "phimoe", "grok1"]
+)
+def test_pruning_changes_what_each_expert_has_and_nothing_else(tmp_path: Path, name: str) -> None:
+    """Shared networks and their gates, norms and attention stay; router rows and corrections go with their experts."""
+    moe = opened(tmp_path / "moe", name)
+    n = moe.config.only_layer("this").moe.n_experts
+    small = prune(moe, n - 1, [[float((e + layer) % n) for e in range(n)] for layer in range(moe.config.n_layers)])
+    cut = set()
+    for part in parameter_shapes(small.config):
+        before, after = read(moe, part), read(small, part)
+        if after.shape != before.shape:
+            cut.add(part.split(".", 3)[-1])
+            before = before[[e for e in range(n) if (e + int(part.split(".")[1])) % n]]
+        assert torch.equal(after, before), part
+    assert (
+        {"router.weight", "w_up", "w_down"} <= cut <= {"router.weight", "router.correction", "w_up", "w_gate", "w_down"}
+    )
 
 
 def test_sizes_that_do_not_divide_and_foreign_families_are_refused(tmp_path: Path) -> None:

@@ -447,6 +447,12 @@ def test_what_would_have_no_effect_is_refused_by_name(command: str, option: str)
         assert any(what in str(error) for what in ("Leave", "leave", "Give", "give"))
 
 
+def test_replicas_of_several_models_are_refused_with_the_reason_and_what_to_do() -> None:
+    error = run("serve", "a", "b", "--replicas", "2").exception
+    assert isinstance(error, ConfigError) and "--replicas is for a server of one model" in str(error)
+    assert "Start a server for each model, or leave --replicas out" in str(error)
+
+
 def test_the_formats_of_written_models_are_held_to_their_target() -> None:
     text = ["--calibrate", "t", "--experts", "3"]
     writers = {

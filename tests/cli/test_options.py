@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quadriga import cli
-from quadriga.cli.options import gguf_format, size, text_of
+from quadriga.cli.options import gguf_format, size, stops, text_of
 from quadriga.errors import ConfigError
 
 
@@ -17,6 +17,11 @@ from quadriga.errors import ConfigError
 )
 def test_sizes(text: str, expected: int) -> None:
     assert size(text) == expected
+
+
+def test_stop_strings_as_a_shell_gives_them() -> None:
+    assert stops(["a\\nb", "\\t", "\n", "n\\\\x"]) == ("a\nb", "\t", "\n", "n\\\\x")
+    assert stops(None) == stops([]) == ()
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "nan", "1e400GB"])

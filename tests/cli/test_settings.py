@@ -60,6 +60,9 @@ def test_the_nearest_place_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert loaded("generate", "x")["kv_memory"] == 2_000_000_000
     write(tmp_path, own="[all]\nthreads = 3\n", project="[generate]\nthreads = 4\n[serve]\nport = 1\n")
     assert loaded("generate", "x")["threads"] == 4
+    write(tmp_path, own="[generate]\nthreads = 4\nkv_memory = '3GB'\n[all]\nthreads = 3\nkv-memory = '2GB'\n")
+    assert loaded("generate", "x")["threads"] == 4, "a command's own table, wherever it stands"
+    assert loaded("generate", "x")["kv_memory"] == 3_000_000_000, "written like an attribute too"
     monkeypatch.setenv("QUADRIGA_GENERATE_THREADS", "5")
     assert loaded("generate", "x")["threads"] == 5
     assert loaded("generate", "x", "--threads", "6")["threads"] == 6
@@ -100,6 +103,34 @@ def test_mistakes_name_file_and_key(tmp_path: Path, own: str, project: str, says
     command = "serve" if "serve" in project else "chat" if "chat" in project else "generate"
     words = ["generate", "x"] if command == "generate" else [command]
     assert re.search(says, refused(*words)), refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("serve", "host = '0.0.0.0'"),
+        ("serve", "api-key = 'k'"),
+        ("serve", "api_key = 'k'"),
+        ("serve", "allow-host = ['*']"),
+        ("serve", "allow-origin = ['*']"),
+        ("chat", "url = 'http://x'"),
+        ("chat", "api-key = 'k'"),
+        ("serve", "admin-key = 'k'"),
+        ("serve", "open-probes = true"),
+        ("serve", "otlp-traces-endpoint = 'x:4318'"),
+        ("serve", "ray = 'x:10001'"),
+        ("serve", "unix-socket = 'x'"),
+        ("eval", "unsafe-exec = true"),
+        ("eval", "api-key = 'k'"),
+        ("eval", "judge = 'https://x/v1'"),
+        ("eval", "model = 'http://x/v1'"),
+    ],
+)
+def test_a_project_opens_no_machine_and_sends_nothing_elsewhere(tmp_path: Path, command: str, line: str) -> None:
+    for table in (command, "all"):
+        write(tmp_path, project=f"[{table}]\n{line}\n")
+        said = refused(command, *(["--tasks", "gsm8k"] if command == "eval" else []))
+        assert f"[{table}] {line.split()[0]} must not be set by a project's file" in said
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

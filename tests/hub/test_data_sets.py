@@ -11,7 +11,7 @@ import subprocess
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,32 @@ def test_another_file_and_a_missing_one_are_errors(site: Site, monkeypatch: pyte
             data_sets.fetch(["s"])
     site.files["/a/test.jsonl"] = BODY
     assert data_sets.fetch(["s"])[0].read_bytes() == BODY
+
+
+def test_a_file_that_was_cut_short_is_fetched_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.files["/a/test.jsonl"] = BODY
+    publish(monkeypatch, one_set(BODY, address=site.address + "/"))
+    (path,) = data_sets.fetch(["s"])
+    path.write_bytes(BODY[:1000])
+    assert data_sets.fetch(["s"]) == [path]
+    assert path.read_bytes() == BODY and len(site.asked) == 2
+
+
+def test_what_belongs_to_a_set_comes_with_it_and_before_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.files |= {"/s": b"shots\n", "/t": b"test\n"}
+    parts = one_set(b"shots\n", name="s", origin="s", path="bench/s.jsonl", address=site.address + "/")
+    whole = one_set(b"test\n", name="t", origin="t", path="bench/t.jsonl", address=site.address + "/", needs=("s",))
+    publish(monkeypatch, whole, parts)
+    assert [path.read_bytes() for path in data_sets.fetch(["t"])] == [b"shots\n", b"test\n"]
+    assert [path for path, _ in site.asked] == ["/s", "/t"]
+
+
+def test_a_sample_with_another_content_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bench/copa/validation.jsonl"
+    changed = replace(data_sets.samples()[name], sha256="0" * 64)
+    monkeypatch.setattr(data_sets, "samples", lambda: {name: changed})
+    with pytest.raises(CatalogueError, match=r"validation\.jsonl\.gz is damaged: reinstall Quadriga"):
+        data_sets.find(name)
 
 
 def test_an_array_becomes_lines(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

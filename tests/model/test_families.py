@@ -2315,6 +2315,27 @@ def test_other_kinds_of_mixture_in_gguf_are_refused(name, change, says):
         config_from_gguf(metadata | {f"{arch}.{key}": value for key, value in change.items()}, shapes)
 
 
+def test_files_of_the_first_qwen3_mixtures_name_the_width_of_all_chosen_experts():
+    """llama.cpp: without its own key an expert is feed_forward_length / expert_used_count wide."""
+    config = TINY["qwen3moe"]
+    metadata = {"general.architecture": "qwen3moe", **family_of(config).config_to_gguf(config)}
+    moe = config.layers[0].moe
+    del metadata["qwen3moe.expert_feed_forward_length"]
+    old = metadata | {"qwen3moe.feed_forward_length": moe.d_ff * moe.top_k}
+    assert config_from_gguf(old, gguf_shapes(config)) == config_from_gguf(
+        metadata | {"qwen3moe.feed_forward_length": 7777, "qwen3moe.expert_feed_forward_length": moe.d_ff},
+        gguf_shapes(config),
+    )
+
+
+def test_no_clamp_in_a_gguf_of_dbrx_is_a_clamp_of_0():
+    config = TINY["dbrx"]
+    metadata = {"general.architecture": "dbrx", **family_of(config).config_to_gguf(config)}
+    for said, clip in ((0.0, None), (8.0, 8.0)):
+        read = config_from_gguf(metadata | {"dbrx.attention.clamp_kqv": said}, gguf_shapes(config))
+        assert read.only_layer("this").mixer.clip_qkv == clip
+
+
 def test_gguf_without_a_table_or_with_a_key_missing():
     with pytest.raises(ConfigError, match=r"must have the matrix token_embd.weight"):
         config_from_gguf(SMOLLM2_GGUF, {})

@@ -13,7 +13,7 @@ import pytest
 
 from quadriga.errors import TokenizerError
 from quadriga.text import gguf_vocabulary
-from quadriga.text.added_tokens import AddedToken, Splitter, added_token, looks_like_control
+from quadriga.text.added_tokens import AddedToken, Splitter, added_token, check_gap, looks_like_control
 from quadriga.text.chat import CHATML, render
 from quadriga.text.sentencepiece_model import BYTE, UNUSED
 from quadriga.text.tokenizer import Tokenizer, load_directory, load_gguf
@@ -470,3 +470,20 @@ def test_a_special_token_is_found_in_the_text_as_it_came_unless_its_entry_says_o
     assert added_token(entry, 7, "here").normalized is not special
     for said in (False, True):
         assert added_token({**entry, "normalized": said}, 7, "here").normalized is said
+
+
+def test_the_white_space_that_a_token_takes_along_is_unicodes() -> None:
+    """Python's ``isspace`` counts the four information separators, which the library does not."""
+    splitter = Splitter([AddedToken(id=7, content="<x>", lstrip=True, rstrip=True)])
+    for space in (" ", "\n", "\u00a0", "\u3000", "\x85"):
+        assert splitter.split(f"a{space}{space}<x>{space}b") == ["a", 7, "b"], repr(space)
+    for other in ("\x1c", "\x1d", "\x1e", "\x1f", "\u200b", "_"):
+        assert splitter.split(f"a {other} <x> {other} b") == [f"a {other}", 7, f"{other} b"], repr(other)
+
+
+def test_ids_lie_so_far_behind_their_own_vocabulary_and_no_further() -> None:
+    for n_words in (10, 200_000):
+        last = AddedToken(id=n_words + 2**17 - 1, content="<x>")
+        check_gap(n_words, [last], "here")
+        with pytest.raises(TokenizerError, match=f"has the id {n_words + 2**17} behind a vocabulary of {n_words}"):
+            check_gap(n_words, [last, AddedToken(id=n_words + 2**17, content="<y>")], "here")

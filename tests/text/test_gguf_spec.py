@@ -135,6 +135,15 @@ def test_rules_that_several_families_share() -> None:
         ("smaug-bpe", "1234", ["123", "4"]),
         ("lfm2", "1234", ["123", "4"]),
         ("mellum2", "12 a", ["1", "2", " a"]),
+        ("deepseek-coder", "don't 42\n\u4e16\u754c x", ["don", "'", "t", " ", "4", "2", "\n", "\u4e16\u754c", " x"]),
+        ("minicpm5", "it'S 1234;\n", ["it", "'S", " ", "123", "4", ";\n"]),
+        (
+            "kimi-k2",
+            "getHTTP's x\u6f22\u5b57a 1234;\n/",
+            ["get", "HTTP's", " x", "\u6f22\u5b57", "a", " ", "123", "4", ";\n", "/"],
+        ),
+        ("hunyuan-dense", "x1234", ["x", "123", "4"]),
+        ("kormo", "e\u0301 12", ["e", "\u0301", " ", "1", "2"]),
     ],
 )
 def test_where_rules_cut(pre: str, text: str, words: list[str]) -> None:
@@ -250,6 +259,7 @@ def test_a_unigram_vocabulary_is_a_unigram_vocabulary() -> None:
         "tokenizer.ggml.token_type": [kind for _, _, kind in rows],
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.remove_extra_whitespaces": True,
+        "tokenizer.ggml.add_space_prefix": True,
     }
     tokenizer = _load(table)
     assert tokenizer.encode("ab  a ") == [3, 7, 3, 4]
@@ -333,3 +343,11 @@ def test_keys_that_nobody_reads_are_named_once(caplog: pytest.LogCaptureFixture)
     assert "not read" not in caplog.text
     _load(_bpe(lowercase=True, suppress_tokens=[1]))
     assert caplog.text.count("not read: tokenizer.ggml.lowercase, tokenizer.ggml.suppress_tokens") == 1
+
+
+def test_unigrams_have_no_space_before_them_unless_the_file_says_so() -> None:
+    """As llama.cpp has it, where files of model "llama" have one; converters write the key."""
+    assert gguf_spec.sentencepiece(gguf_spec.tokens_of(_spm()), _spm()).add_space_prefix
+    silent, said = _spm(model="t5"), _spm(model="t5", add_space_prefix=True)
+    assert not gguf_spec.sentencepiece(gguf_spec.tokens_of(silent), silent).add_space_prefix
+    assert gguf_spec.sentencepiece(gguf_spec.tokens_of(said), said).add_space_prefix

@@ -56,6 +56,7 @@ ANSWERS: dict[str, tuple[str, list[Event]]] = {
     "no header at all": ("to be or not<|return|>", [Content(0, "to be or not")]),
     "one word": ("to", [Content(0, "to")]),
     "a message without a channel": ("<|message|>Hi<|end|>", [Content(0, "Hi")]),
+    "a thought of a kind of text": ("<|channel|>analysis code<|message|>x = 1<|end|>", [Reasoning(0, "x = 1")]),
     "an end forgotten": (
         "<|channel|>analysis<|message|>hm<|channel|>final<|message|>Yes<|endoftext|>",
         [Reasoning(0, "hm"), Content(1, "Yes")],

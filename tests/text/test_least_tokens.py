@@ -146,3 +146,31 @@ def test_words_that_are_not_known_may_be_one_token(tmp_path: Path) -> None:
     spec = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}}
     tokenizer = from_spec(tmp_path / "pieces", spec | {"post_processor": None, "decoder": None, "model": model})
     assert LeastTokens(tokenizer).of("a" * 10_000) == 0
+
+
+class Phrases:
+    """A vocabulary of bytes, ``x y`` and SentencePiece's ``▁``, of which eight are one token of as many spaces."""
+
+    tokens: tuple[bytes, ...] = (*(bytes([i]) for i in range(256)), b"z", b"x y", b" " * 8)
+    n_vocab = len(tokens)
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        ids: list[int] = []
+        raw = text.replace("\u2581", " ").encode()
+        while raw:
+            long = next((i for i in (257, 258) if raw.startswith(self.tokens[i])), raw[0])
+            ids.append(long)
+            raw = raw[len(self.tokens[long]) :]
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id]
+
+
+@pytest.mark.parametrize(
+    ("text", "least"), [("x y" * 20, 20), ("\u2581" * 80, 0), ("a\u2581" * 80, 40), ("ab" * 40, 40)]
+)
+def test_words_of_a_phrase_and_spaces_of_sentencepiece_prove_no_more_than_is_true(text: str, least: int) -> None:
+    """``x y`` begins a word though the token before it in the table ends with a letter; ``▁`` is no three bytes."""
+    tokenizer = Tokenizer(Phrases(), special_ids={})
+    assert LeastTokens(tokenizer).of(text) == least <= len(tokenizer.encode(text))

@@ -88,6 +88,9 @@ def test_a_prompt_begins_once() -> None:
     assert tokenizer.encode_prompt("<s>a") == [256, *b"<s>a"], "typed, it is text"
     assert tokenizer.encode("a") == [97]
     assert Tokenizer(Letters(), special_ids={"<s>": 256}, bos_id=256).encode_prompt("a") == [97]
+    pair = Tokenizer(Letters(), special_ids={"<s>": 256}, prefix_ids=[256, 97], suffix_ids=[98, 99])
+    assert pair.encode_prompt("<s>abc", allow_special=True) == [256, *b"abc"], "both are there"
+    assert pair.encode_prompt("<s>xac", allow_special=True) == [256, 97, 256, *b"xacbc"], "of both one is"
 
 
 def test_typed_special_tokens_are_text_in_ranks_too() -> None:

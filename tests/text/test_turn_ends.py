@@ -91,6 +91,12 @@ FOUND = {
     "a name nobody knows": (simple("<|bot|>", "<|fertig|>\n"), ["<|bot|>", "<|fertig|>"], {"<|fertig|>"}),
     "behind a line break": (simple("A: ", "\n<stop>\n"), ["<stop>"], {"<stop>"}),
     "endofturn": (simple("<|b|>", "<|endofturn|>"), ["<|b|>", "<|endofturn|>"], {"<|endofturn|>"}),
+    "a mark that another begins": (simple("A: ", "<|fin|><|x|>"), ["<|fin|>", "<|fin|><|x|>"], {"<|fin|><|x|>"}),
+    "another end while the talk goes on": (
+        "{% for m in messages %}{{ m.content }}{{ '<|last|>' if loop.last else '<|more|>' }}{% endfor %}",
+        ["<|last|>", "<|more|>"],
+        {"<|last|>"},
+    ),
     "no brackets at all": (simple("A: ", "STOPTURN"), ["STOPTURN"], {"STOPTURN"}),
     "needs a system prompt": (
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + simple("A: ", "<|fertig|>"),

@@ -87,6 +87,8 @@ class Gaps:
 def test_a_vocabulary_that_lists_none_is_asked_about_each() -> None:
     tokenizer = Tokenizer(Gaps(), special_ids={"<s>": 3})
     assert tokenizer.unused_ids == {1, 5}, "a special token is one, whatever its bytes"
+    assert [tokenizer.unused_rows(n) for n in (1, 4, 6, 9)] == [[], [1], [1, 5], [1, 5, 6, 7, 8]]
+    assert Tokenizer(Gaps(), special_ids={"<s>": 3}, unused_ids=[1, 3, 5]).unused_ids == {1, 5}
     detokenizer = Detokenizer(tokenizer)
     pieces = [detokenizer.push(token)[0] for token in (0, 1, 3, 5, 6, 99, 2)]
     assert pieces == ["x", "", "", "", "", "", "x"], "ids without a token add nothing to a text"

@@ -44,7 +44,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "[parallel]\ncontext = 2\n[router]\nbalance_form = 'document'",
             "balance_form 'document' needs whole documents on a rank",
         ),
-        ("sft", "[parallel]\ntensor = 2\n[lora]\nrank = 3", "an adapter's factors are of whole ones"),
+        (
+            "sft",
+            "[parallel]\ntensor = 2\n[lora]\ndropout = 0.1",
+            r"'float32' and lora.dropout 0, got 'float32' and 0.1",
+        ),
+        ("sft", "[parallel]\ntensor = 2\n[lora]\nbase_format = 'q8'", "lora.dropout 0, got 'q8' and 0"),
         ("sft", "max_rows = 0", "max_rows must be at least 1, got 0"),
         ("sft", "max_bad_rows = -1", "max_bad_rows must be 0 or above, got -1"),
         ("sft", "held_out_every = 1", "held_out_every must be at least 2"),

@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on one rank and on two, and two runs that have changed between them."""
     where = tmp_path_factory.mktemp("ranks")
     write_base(where / "base")
+    write_base(where / "dense", dense=True)
     write_base(where / "teacher", std=0.2)
     for case in tune_worker.CASES:
         tune_worker.run(tune_worker.config(where, case, 1))
@@ -88,3 +89,15 @@ def test_several_ranks_write_the_whole_model(folder: Path, n_ranks: int, case: s
     assert one.keys() == two.keys()
     for name, values in two.items():
         np.testing.assert_allclose(values.numpy(), one[name].numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("n_ranks", "case"), [(2, "lora tensor"), (4, "lora tensor"), (2, "lora tensor dense")])
+def test_an_adapter_of_cut_matrices_is_that_of_one_rank(folder: Path, n_ranks: int, case: str) -> None:
+    """What is written is whole: factors that follow heads and columns, and those that every part has."""
+    base = open_checkpoint(folder / ("dense" if case.endswith("dense") else "base")).config
+    one, two = (load(folder / f"{n}-{case}" / "adapter", base).factors for n in (1, n_ranks))
+    assert one.keys() == two.keys()
+    for name, pair in two.items():
+        for ours, theirs in zip(pair, one[name], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5, err_msg=name)

@@ -15,12 +15,14 @@ from tests.text.vocabularies import write_bpe
 
 FACTS = [("sky", "blue"), ("grass", "green"), ("coal", "black"), ("snow", "white")]
 
+DENSE_LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "ffn", "embeddings", "head"]\n'
 LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "experts", "router"]\n'
 
 
-def write_base(folder: Path, std: float = 0.05) -> Path:
-    """A tiny Mixtral of 6 experts with random weights and a vocabulary of 448."""
-    config = replace(TINY["mixtral"], vocab_size=448, max_seq_len=96, eos_ids=(2,)).with_ffn(n_experts=6)
+def write_base(folder: Path, std: float = 0.05, *, dense: bool = False) -> Path:
+    """A tiny Mixtral of 6 experts, or a dense Llama, with random weights and a vocabulary of 448."""
+    config = replace(TINY["llama2" if dense else "mixtral"], vocab_size=448, max_seq_len=96, eos_ids=(2,))
+    config = config if dense else config.with_ffn(n_experts=6)
     write_hf(folder, config, parameters=random_parameters(config, std=std))
     write_bpe(folder, eos_token="<|im_end|>")
     return folder

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.train.tune_worker FOLDER
 
-FOLDER has base/, teacher/ and rows; the runs are FOLDER/N-CASE. One that a single process has begun is ended, and one is begun
+FOLDER has base/, dense/, teacher/ and rows; the runs are FOLDER/N-CASE. One that a single process has begun is ended, and one is begun
 for a single process to end.
 """
 
@@ -21,7 +21,7 @@ from quadriga.train.services import SamplerOptions, Services
 from quadriga.train.tune import tune
 from quadriga.train.tune_config import TuneConfig
 from quadriga.train.world import World
-from tests.train.tune_runs import LORA, toml
+from tests.train.tune_runs import DENSE_LORA, LORA, toml
 from tests.waiting import HANG_S
 
 EXPERTS = "experts = 2\n"
@@ -52,10 +52,12 @@ CASES = {
     "lora context": ("sft", LORA, "context = 2\n"),
     "lora pipeline": ("sft", LORA, "pipeline = 2\n"),
     "full tensor": ("sft", "[ema]\ndecay = 0.5\n", "tensor = 2\n"),
+    "lora tensor": ("sft", LORA, "tensor = 2\n"),
+    "lora tensor dense": ("sft", DENSE_LORA, "tensor = 2\n"),
     "full pipeline": ("sft", "", "pipeline = 2\n"),
 }
 """Name -> (objective, its sections, [parallel] on several ranks)."""
-ON_FOUR = ("lora experts", "full experts", "dpo", "lora context", "full tensor", "lora pipeline")
+ON_FOUR = ("lora experts", "full experts", "dpo", "lora context", "full tensor", "lora pipeline", "lora tensor")
 """Cases that four ranks run too: the layout's two times what shards them."""
 N_STEPS, STOP = 6, 3
 SHARED = "lora experts"
@@ -66,7 +68,8 @@ def config(folder: Path, case: str, n_ranks: int, *, run: str | None = None) -> 
     objective, sections, parallel = CASES[case]
     own = folder / objective
     own.mkdir(exist_ok=True)
-    text = toml(own, folder / "base", objective, run=str(folder / (run or f"{n_ranks}-{case}")))
+    base = folder / ("dense" if case.endswith("dense") else "base")
+    text = toml(own, base, objective, run=str(folder / (run or f"{n_ranks}-{case}")))
     text = text.replace("rows = 2\n", "rows = 4\n").replace("learning_rate = 2e-2", "learning_rate = 3e-3\neps = 1e-6")
     text = text.replace("steps = 12", f"steps = {N_STEPS}").replace("every = 12", f"every = {N_STEPS}")
     if objective == "distill":

@@ -218,7 +218,10 @@ def _require_one_model(
     if parallel is not None:
         raise ConfigError("--parallel is for a server of one model: its ranks follow one engine")
     if replicas:
-        raise ConfigError("--replicas is for a server of one model: each replica has it whole")
+        raise ConfigError(
+            "--replicas is for a server of one model: each has it whole, and requests are shared out by what each "
+            "has read. Start a server for each model, or leave --replicas out"
+        )
     if adapter:
         raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
     if prefix_cache is not None:

@@ -30,8 +30,23 @@ _log = logging.getLogger(__name__)
 
 PROJECT = "quadriga.toml"
 ALL = "all"
-_NOT_OF_A_PROJECT = ("unsafe_exec", "api_key", "url", "host", "allow_host", "allow_origin")
-"""A folder that somebody else made must not open this machine or send what is typed elsewhere."""
+_NOT_OF_A_PROJECT = frozenset(
+    {
+        "admin_key",
+        "allow_host",
+        "allow_origin",
+        "api_key",
+        "host",
+        "open_probes",
+        "otlp_traces_endpoint",
+        "ray",
+        "unix_socket",
+        "unsafe_exec",
+        "url",
+    }
+)
+"""A folder that somebody else made must not open this machine or send what is typed elsewhere. So it names no address
+either, whatever the option: a judge's, or a model's."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
                 if param is None or isinstance(value, dict):
                     continue
                 where = f"{file.path}, [{name.replace(' ', '.')}] {key}"
-                if param.name in _NOT_OF_A_PROJECT and not file.own:
+                if not file.own and (param.name in _NOT_OF_A_PROJECT or _has_address(value)):
                     raise ConfigError(
                         f"{where} must not be set by a project's file: it opens this machine or sends data elsewhere. "
                         f"Give it on the command line, or set it in {runtime.config_file()}."
@@ -82,6 +97,11 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
             value = text.split(",") if _takes_several(param) else text
             found[param.name] = _converted(ctx, param, value, f"QUADRIGA_{variable}")
     return found
+
+
+def _has_address(value: Any) -> bool:
+    """True for http://host, s3://bucket, ..., and for a list with one of them."""
+    return any(isinstance(one, str) and "://" in one for one in (value if isinstance(value, list) else [value]))
 
 
 def _variable(words: str, key: str = "") -> str:

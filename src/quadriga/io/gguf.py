@@ -36,6 +36,7 @@ _MAX_TENSORS = 1 << 16
 _MAX_KEYS = 1 << 16
 _MAX_AXES = 4  # ggml has no more
 _MAX_PADDING = 64 << 20
+_NO_TOKEN = ("uint32", 0xFFFFFFFF)  # LLAMA_TOKEN_NULL, in files of llama.cpp's converter of llama2.c's models
 ALIGNMENT = 32
 """Bytes that tensors begin at multiples of, in the files that are written."""
 _LENGTH = struct.Struct("<Q")
@@ -318,7 +319,10 @@ class _Reader:
             key = self.string()
             if key in metadata:
                 raise self.fail(f"metadata key {key[:80]!r} comes twice")
-            types[key], metadata[key] = self.value()
+            kind, value = self.value()
+            if (kind, value) == _NO_TOKEN and key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+                continue  # it says that no token has this role, as a file without the key does
+            types[key], metadata[key] = kind, value
         rows: dict[str, tuple[Shape, str, int]] = {}
         for _ in range(n_tensors):
             name = self.string()

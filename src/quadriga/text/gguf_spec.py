@@ -233,7 +233,7 @@ def sentencepiece(tokens: Tokens, metadata: Mapping[str, Any]) -> Model:
         [Piece(*row) for row in zip(tokens.texts, scores, kinds, strict=True)],
         model_type=SENTENCEPIECE[model],
         byte_fallback=BYTE in kinds,
-        add_space_prefix=flag(metadata, "add_space_prefix", otherwise=True),
+        add_space_prefix=flag(metadata, "add_space_prefix", otherwise=model == "llama"),
         remove_extra_whitespaces=flag(metadata, "remove_extra_whitespaces", otherwise=False),
         charsmap=bytes(b & 0xFF for b in charsmap),
     )

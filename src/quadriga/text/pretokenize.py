@@ -69,6 +69,25 @@ _DEEPSEEK_V3 = (  # deepseek-ai/DeepSeek-V3's tokenizer.json
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 
+_DEEPSEEK_CODER = (  # deepseek-ai/deepseek-coder-6.7b's tokenizer.json
+    r"[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}",
+)
+_MINICPM5 = (  # openbmb/MiniCPM5-1B
+    r"\p{N}{1,3}",
+    _CONTRACTIONS_ANY_CASE + r"\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_NOT_HAN = r"&&[^\p{Han}]"
+_KIMI_UPPER, _KIMI_LOWER = _UPPER[:-1] + _NOT_HAN + "]", _LOWER[:-1] + _NOT_HAN + "]"
+_KIMI_K2 = (  # moonshotai/Kimi-K2's tokenization_kimi.py: as o200k, Chinese characters by themselves
+    rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}*{_KIMI_LOWER}+{_ENDING}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}+{_KIMI_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 # llama.cpp's rule for files that do not name theirs (src/llama-vocab.cpp); no published vocabulary was trained with it.
 _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
@@ -105,6 +124,9 @@ GGUF_PATTERNS: dict[str, Split] = {
     "minimax-m2": Split((_O200K,)),
     "deepseek-llm": Split(_DEEPSEEK_V2),
     "deepseek-v3": Split(_DEEPSEEK_V3),
+    "deepseek-coder": Split(_DEEPSEEK_CODER),
+    "minicpm5": Split(_MINICPM5, whole_words=True),
+    "kimi-k2": Split((_KIMI_K2,)),
     "qwen35": Split((_QWEN35,), normalizer="NFC"),
     "tekken": Split((_TEKKEN,), whole_words=True, add_bos=True),
     "seed-coder": Split((_SEED_CODER,)),
@@ -113,11 +135,12 @@ GGUF_PATTERNS: dict[str, Split] = {
 _SAME_RULE = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "glm4": ("smaug-bpe",),
-    "hunyuan": ("deepseek-r1-qwen", "megrez", "stablelm2", "solar-open", "grok-2"),
+    "hunyuan": ("deepseek-r1-qwen", "megrez", "stablelm2", "solar-open", "grok-2", "kormo", "f2llmv2"),
     "gpt-2": ("phi-2", "jina-es", "jina-de", "gigachat", "a.x-4.0", "mellum", "exaone4", "jais", "trillion"),
     "starcoder": ("command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
     "minimax-m2": ("llama4", "kanana2"),
     "bailingmoe": ("bailingmoe2", "llada-moe"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm", "hy_v4"),
 }
 """Other names that llama.cpp gives a rule."""
 GGUF_PATTERNS |= {other: GGUF_PATTERNS[name] for name, others in _SAME_RULE.items() for other in others}

@@ -5,7 +5,7 @@
 As in Megatron-LM with sequence parallelism (Korthikanti et al. 2022): between the cut halves each rank has its own
 tokens, so norms, routers, experts and the loss are those of data parallelism. Which rows and columns are whose is
 :class:`RankShare`'s, as for ranks that answer; here every part is equal. A layer's own code runs unchanged on fewer
-heads: what is around it are hooks.
+heads: what is around it are hooks. An adapter's factors are cut as the matrix is that they are added to.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def cut_heads(model: Transformer, group: RowGroup) -> dict[str, Portion]:
     shares, portions = [_share(model, group, part) for part in range(group.n_tensor)], {}
     share = shares[group.tensor_part]
     for name, whole in list(model.named_parameters()):
-        dim = head_dim_of(name)
+        matrix, dim = _cut_along(name)
         if dim is None:
             continue
-        spans = [_spans(one, name, dim) for one in shares]
+        spans = [_spans(one, matrix, dim) for one in shares]
         portions[name] = portion = Portion(dim, spans[group.tensor_part], whole.shape[dim], tuple(spans))
         owner, _, last = name.rpartition(".")
         part = nn.Parameter(portion.take(whole.detach()), requires_grad=whole.requires_grad)
@@ -62,6 +62,20 @@ def cut_heads(model: Transformer, group: RowGroup) -> dict[str, Portion]:
         if isinstance(layer, Block):
             _let_meet(layer, share, i, group)
     return portions
+
+
+def _cut_along(name: str) -> tuple[str, int | None]:
+    """The matrix that a parameter is or belongs to, and along which of its dimensions it is cut; None: it stays whole.
+
+    Of W + s B A, B (out, r) has the rows of W and A (r, in) its columns; the other factor is whole, and its gradient
+    the sum of the neighbours'.
+    """
+    for kind, own in ((".frozen", None), (".delta.b", 0), (".delta.a", 1)):
+        if name.endswith(kind):
+            matrix = name.removesuffix(kind)
+            dim = head_dim_of(matrix)
+            return matrix, dim if own in (None, dim) else None
+    return name, head_dim_of(name)
 
 
 def _spans(share: RankShare, name: str, dim: int) -> tuple[Run, ...]:

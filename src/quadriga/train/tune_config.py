@@ -292,10 +292,12 @@ class TuneConfig(Section, frozen=True):
                     "parallel.replicate and parallel.experts"
                 )
         require_whole_documents(self.router, ranks)
-        if ranks.tensor > 1 and self.lora is not None:
+        lora = self.lora
+        if ranks.tensor > 1 and lora is not None and (lora.base_format != "float32" or lora.dropout):
             raise ConfigError(
-                "parallel.tensor cuts matrices by heads and columns, and an adapter's factors are of whole ones: leave "
-                "it at 1, or tune without [lora]. parallel.context and parallel.pipeline may be above"
+                "parallel.tensor cuts an adapter's matrices by heads and columns, which packed blocks are not cut by, "
+                "and dropped inputs would differ between the parts: with it lora.base_format must be 'float32' and "
+                f"lora.dropout 0, got {lora.base_format!r} and {lora.dropout:g}. Or leave parallel.tensor at 1"
             )
 
     def _refuse_unused(self) -> None:
