@@ -161,6 +161,7 @@ GGUFS = ["a-Q4_K_M.gguf", "a-Q4_K_S.gguf", "a-IQ4_XS.gguf", "a-UD-Q4_K_XL.gguf",
         (["Q8_0/a-00001-of-00001.gguf", "Q4_0/a-00001-of-00001.gguf"], "q8_0", ["Q8_0/a-00001-of-00001.gguf"]),
         (["gpt-oss-20b-mxfp4.gguf", "mmproj.gguf"], None, ["gpt-oss-20b-mxfp4.gguf"]),
         (["tiny.gguf"], None, ["tiny.gguf"]),
+        (["m.imatrix.gguf", "m-Q4_K_M-imatrix.gguf"], None, ["m-Q4_K_M-imatrix.gguf"]),
         (["model.safetensors", "config.json", "a-Q5_0.gguf"], "Q5_0", ["a-Q5_0.gguf"]),
     ],
 )

@@ -14,7 +14,6 @@ from pathlib import Path, PurePath
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 """(name without the number, number from 1, how many), the way llama.cpp's gguf-split names parts."""
 
-_NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _QUANTISATION = re.compile(
     r"(?<![A-Za-z0-9])(?:UD-)?(?:I?Q\d+(?:_[A-Za-z0-9]+)*|TQ\d_0|BF16|FP?16|FP?32|MXFP4(?:_MOE)?|NVFP4)(?![A-Za-z0-9])",
     re.IGNORECASE,
@@ -29,10 +28,15 @@ def models(names: Iterable[str]) -> list[list[str]]:
     whole: dict[str, list[str]] = {}
     for name in sorted(names):
         path = PurePath(name)
-        if path.suffix == ".gguf" and not _NO_MODEL.search(path.name):
+        if path.suffix == ".gguf" and not _is_beside(path.stem.lower()):
             part = PART.fullmatch(name)
             whole.setdefault(f"{part[1]}-of-{part[3]}" if part else name, []).append(name)
     return list(whole.values())
+
+
+def _is_beside(stem: str) -> bool:
+    """A projector, or a matrix itself: models that were quantised with one may say so behind their quantisation."""
+    return "mmproj" in stem or ("imatrix" in stem and _QUANTISATION.search(stem) is None)
 
 
 def quantisation(name: str) -> str:
