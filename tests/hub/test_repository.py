@@ -9,7 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
+from httpx import Request, Response
+from huggingface_hub import errors
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from quadriga.cli.info_report import load_config
 from quadriga.errors import CatalogueError
@@ -24,8 +28,6 @@ TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A hub of one repository, and a cache of its own. Returns a function that sets its files; it returns the calls."""
-    import huggingface_hub
-
     monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
     calls: list[dict[str, Any]] = []
 
@@ -109,6 +111,29 @@ def test_one_of_many_gguf_files_is_a_file_by_its_own_name(hub: Any) -> None:
     found = {model.name: (model.path, model.nbytes) for model in cached()}
     assert found["hf:org/m-GGUF:ud-q2_k_xl"] == (path, 24)
     assert remove("hf:org/m-GGUF:ud-q2_k_xl") > 20 and not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (errors.RepositoryNotFoundError, "the hub has no repository org/model, or it is a private one"),
+        (errors.GatedRepoError, "org/model is gated: accept its terms"),
+        (errors.RevisionNotFoundError, "org/model has no version 'v7'"),
+        (errors.HfHubHTTPError, "could not download org/model from the hub: no. Check the network"),
+    ],
+)
+def test_errors_of_the_hub_say_what_to_do(
+    hub: Any, monkeypatch: pytest.MonkeyPatch, kind: type[errors.HfHubHTTPError], says: str
+) -> None:
+    def model_info(*arguments: object, **options: object) -> None:
+        assert are_progress_bars_disabled()
+        raise kind("no.", response=Response(404, request=Request("GET", "https://huggingface.co")))  # type: ignore[arg-type]
+
+    hub({})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    with pytest.raises(CatalogueError, match=says):
+        resolve("hf:org/model@v7")
+    assert not are_progress_bars_disabled()
 
 
 def test_what_did_not_come_is_no_model(hub: Any) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quadriga.model.plan.hardware import Gpu
     from quadriga.model.plan.training import TrainingPlan
 
+_SEQ_LEN = 4096
 _CONTEXT = 4096
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
@@ -29,7 +30,9 @@ def plan_command(
         str | None, typer.Option(help="Train on this cluster, e.g. 3072xH100; leave out for serving only.")
     ] = None,
     tokens: options.Tokens = "1T",
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a training row.")] = 4096,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a training row.", show_default="4096, or the model's context")
+    ] = None,
     batch_tokens: Annotated[
         str | None,
         typer.Option(help="Tokens of a step; default: the least whole batch from 16M, or a 10,000th of all."),
@@ -54,6 +57,7 @@ def plan_command(
     options.require_picture(picture, (".svg",))
     config = load_config(model)
     context = min(_CONTEXT, config.max_seq_len) if context is None else context
+    seq_len = min(_SEQ_LEN, config.max_seq_len) if seq_len is None else seq_len
     if context > config.max_seq_len:
         raise ConfigError(f"--context must be from 1 to this model's {config.max_seq_len}, got {context}")
     table: dict[str, Any] = {"model": model, "serving": _serving(config, context), "context": context}

@@ -144,8 +144,12 @@ def _listed(ggufs: Sequence[list[str]], sizes: Mapping[str, int]) -> str:
     names = [
         label if label and labels.count(label) == 1 else parts[0] for label, parts in zip(labels, ggufs, strict=True)
     ]
-    totals = [sum(sizes[part] for part in parts) / 1e9 for parts in ggufs]
-    return ", ".join(f"{one} ({total:.1f} GB)" for one, total in zip(names, totals, strict=True))
+    totals = [sum(sizes[part] for part in parts) for parts in ggufs]
+    return ", ".join(f"{one} ({_size(total)})" for one, total in zip(names, totals, strict=True))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def fetch(name: HubName, staged: Path, progress: Progress | None) -> str:
@@ -159,7 +163,7 @@ def fetch(name: HubName, staged: Path, progress: Progress | None) -> str:
     """
     import huggingface_hub
 
-    with _hub_errors(name.repository, staged.parent):
+    with _asking(name, staged.parent):
         facts = huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in facts.siblings or ()}
         files, model = chosen(sizes, name)
@@ -189,7 +193,7 @@ def fetch_description(name: HubName, staged: Path) -> None:
     """
     import huggingface_hub
 
-    with _hub_errors(name.repository, staged.parent):
+    with _asking(name, staged.parent):
         huggingface_hub.snapshot_download(
             name.repository, revision=name.revision, local_dir=staged, allow_patterns=list(_DESCRIPTION)
         )
@@ -201,16 +205,36 @@ def fetch_description(name: HubName, staged: Path) -> None:
 
 
 @contextlib.contextmanager
-def _hub_errors(repository: str, folder: Path) -> Iterator[None]:
+def _asking(name: HubName, folder: Path) -> Iterator[None]:
+    """The hub's client without its own progress bars, and with errors that say what to do."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shows = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     except CatalogueError:
         raise
-    except Exception as error:  # the client raises its own errors, those of its requests, and OS errors
+    except errors.GatedRepoError:
+        raise CatalogueError(
+            f"{name.repository} is gated: accept its terms on its page, and log in with the hub's own client"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CatalogueError(
+            f"the hub has no repository {name.repository}, or it is a private one: check the name, or log in with the "
+            "hub's own client"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CatalogueError(f"{name.repository} has no version {name.revision!r}") from None
+    except Exception as error:  # others of the client's own, those of its requests, and OS errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full_disk(folder) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(". ")
         raise CatalogueError(
-            f"could not download {repository} from the hub: {reason[:300]}. Check the name and the network; for "
-            "gated models log in with the hub's own client. Finished files are kept; the same command resumes."
+            f"could not download {name.repository} from the hub: {reason}. Check the network; finished files are kept, "
+            "and the same command goes on."
         ) from None
+    finally:
+        if shows:
+            enable_progress_bars()
