@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
-from quadriga.engine.request import TokenEvent
 from quadriga.server import chat, text_routes
-from quadriga.server.answers import Answers, Choice
+from quadriga.server.answers import Answers
 from quadriga.server.caller import Caller
 from quadriga.server.completions import stop_hit
 from quadriga.server.errors import ApiError
@@ -30,9 +29,7 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import Reading
-from quadriga.server.tools import reader as reader_of
-from quadriga.text.reasoning import Thought
+from quadriga.server.tools import Reading, written_into
 from quadriga.text.tool_calls.early import CallPart
 
 
@@ -330,20 +327,8 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
         def send(kind: str, **fields: Any) -> None:
             sender.event({"type": kind, **fields}, name=kind)
 
-        blocks, reader = _Blocks(send), reader_of(reading, streams=True)
-
-        def write(_: Choice, event: TokenEvent) -> None:
-            reason = event.finish_reason
-            for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
-                if isinstance(piece, str):
-                    blocks.text(piece)
-                elif isinstance(piece, CallPart):
-                    blocks.part(piece)
-                elif isinstance(piece, Thought):
-                    blocks.thought(piece.text)
-                else:
-                    blocks.call(_tool_block(piece))
-
+        blocks = _Blocks(send)
+        write, reader = written_into(blocks, reading)
         try:
             send("message_start", message=_message(service.shown_name(body.model), [], _end(None, None), answers))
             send("ping")
@@ -384,8 +369,9 @@ class _Blocks:
             self._open = kind
             self._send("content_block_start", index=self._index, content_block=empty)
 
-    def call(self, block: dict[str, Any]) -> None:
+    def call(self, call: dict[str, Any]) -> None:
         """A call of a tool."""
+        block = _tool_block(call)
         self._tool(block)
         self._input(json.dumps(block["input"], ensure_ascii=False))
         self._close()

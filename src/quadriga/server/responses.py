@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
-from quadriga.engine.request import TokenEvent
 from quadriga.errors import QuadrigaError
 from quadriga.server import chat
-from quadriga.server.answers import Answers, Choice
+from quadriga.server.answers import Answers
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.response_items import FlatTool, Output, call_item, text_item, thought_item
@@ -31,9 +30,7 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import reader as reader_of
-from quadriga.text.reasoning import Thought
-from quadriga.text.tool_calls.early import CallPart
+from quadriga.server.tools import written_into
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -314,20 +311,8 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
-        out, reader = Output(sender, body.tools or []), reader_of(reading, streams=True)
-
-        def write(_: Choice, event: TokenEvent) -> None:
-            reason = event.finish_reason
-            for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
-                if isinstance(piece, str):
-                    out.text(piece)
-                elif isinstance(piece, CallPart):
-                    out.part(piece)
-                elif isinstance(piece, Thought):
-                    out.thought(piece.text)
-                else:
-                    out.call(piece)
-
+        out = Output(sender, body.tools or [])
+        write, _ = written_into(out, reading)
         try:
             out.send("response.created", response=shell)
             out.send("response.in_progress", response=shell)

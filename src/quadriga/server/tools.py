@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from quadriga.engine.request import TokenEvent
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, Tool
 from quadriga.text import harmony
@@ -284,6 +285,47 @@ class Answer:
 def reader(reading: Reading, *, streams: bool = False) -> AnswerReader | ChannelReader:
     """What reads one answer; one that streams tells calls in pieces, as they are written."""
     return ChannelReader(reading, streams) if reading.channels else AnswerReader(reading, streams)
+
+
+class Items(Protocol):
+    """What takes an answer's pieces, each into the open item of its kind or a new one."""
+
+    def text(self, piece: str) -> None:
+        """Words."""
+        ...
+
+    def thought(self, piece: str) -> None:
+        """What was thought."""
+        ...
+
+    def part(self, part: CallPart) -> None:
+        """A piece of a call."""
+        ...
+
+    def call(self, call: dict[str, Any]) -> None:
+        """A whole call, as OpenAI writes it."""
+        ...
+
+
+def written_into(
+    items: Items, reading: Reading
+) -> tuple[Callable[[object, TokenEvent], None], AnswerReader | ChannelReader]:
+    """What puts each event of an answer that streams into its items, and the reader that it does so with."""
+    read = reader(reading, streams=True)
+
+    def write(_: object, event: TokenEvent) -> None:
+        reason = event.finish_reason
+        for piece in read.push(event.text, last=reason is not None, cut=reason == "length"):
+            if isinstance(piece, str):
+                items.text(piece)
+            elif isinstance(piece, CallPart):
+                items.part(piece)
+            elif isinstance(piece, Thought):
+                items.thought(piece.text)
+            else:
+                items.call(piece)
+
+    return write, read
 
 
 class ChannelReader:
