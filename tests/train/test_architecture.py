@@ -18,9 +18,9 @@ from quadriga.model.weight_map import check_cover, parameter_shapes, source_shap
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
-from quadriga.train.architecture import model_config
+from quadriga.train.architecture import model_config, require_stored_bias
 from quadriga.train.config import ModelSection, RouterSection, RunConfig, read_toml
-from quadriga.train.export import export, require_stored_bias, write_hf
+from quadriga.train.export import export, write_hf
 from tests.train import runs
 
 ROOT = Path(__file__).parent.parent.parent

@@ -97,9 +97,8 @@ def _export(settings: object, out: Path, step: int | None, dtype: str) -> None:
 
 def _print_plan(settings: object) -> None:
     from quadriga.model.cost import n_params
-    from quadriga.train.architecture import model_config
+    from quadriga.train.architecture import model_config, require_stored_bias
     from quadriga.train.config import RunConfig
-    from quadriga.train.export import require_stored_bias
     from quadriga.train.schedule import unreached
 
     assert isinstance(settings, RunConfig)

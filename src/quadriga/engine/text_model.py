@@ -19,7 +19,7 @@ from quadriga.engine.request import SamplingParams
 from quadriga.engine.scoring import Scored
 from quadriga.errors import CatalogueError, RequestError, TokenizerError
 from quadriga.hub import catalogue
-from quadriga.io import gguf_names
+from quadriga.io import weight_names
 
 Done = Callable[[int], None]
 
@@ -199,7 +199,7 @@ def weights_hash(name_or_path: str) -> str:
         path = catalogue.resolve(name_or_path)
     except CatalogueError:
         return "made in memory"
-    parts = gguf_names.parts_here(path) if path.is_file() else []
+    parts = weight_names.parts_here(path) if path.is_file() else []
     files = parts or sorted(f for f in path.rglob("*") if f.is_file() and f.name != "entry.json")
     digest, edge = hashlib.sha256(), 1 << 20
     for file in files:

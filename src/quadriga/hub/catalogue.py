@@ -242,14 +242,12 @@ def described(name_or_path: str) -> Path:
     name = _without_address(name_or_path)
     if not name.startswith("hf:"):
         return resolve(name)
-    asked, folder = _hub_name(name), models_dir() / _folder_name(name)
-    found = _model_in(folder) or elsewhere.in_hugging_face_cache(asked)
+    asked, folder, found = _of_hub(name)
     if found is not None:
         return found
-    staged = folder.parent / (folder.name + ".part")
     with locked(folder):
-        repository.fetch_description(asked, staged)
-    return staged
+        repository.fetch_description(asked, _staged(folder))
+    return _staged(folder)
 
 
 def _without_address(name_or_path: str) -> str:
@@ -438,26 +436,32 @@ def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
         )
 
 
-def _hub_name(name: str) -> repository.HubName:
+def _of_hub(name: str) -> tuple[repository.HubName, Path, Path | None]:
+    """What is asked for, its folder in the cache, and the model if it is here already: there, or in Hugging Face's."""
     asked = repository.parse(name)
     if asked is None:
         raise CatalogueError(
             "hub names must look like hf:ORG/REPO, hf:ORG/REPO@REVISION or, of GGUF files, hf:ORG/REPO:Q4_K_M, got "
             f"{name[:120]!r}"
         )
-    return asked
+    folder = models_dir() / _folder_name(name)
+    return asked, folder, _model_in(folder) or elsewhere.in_hugging_face_cache(asked)
+
+
+def _staged(folder: Path) -> Path:
+    """Where a download lies until it is whole, between attempts too: the hub's client goes on with it."""
+    return folder.parent / (folder.name + ".part")
 
 
 def _from_hub(name: str, progress: Progress | None) -> Path:
-    asked, folder = _hub_name(name), models_dir() / _folder_name(name)
-    found = _model_in(folder) or elsewhere.in_hugging_face_cache(asked)
+    asked, folder, found = _of_hub(name)
     if found is not None:
         return found
     with locked(folder):
         found = _model_in(folder)
         if found is not None:
             return found  # another process downloaded it while this one waited
-        staged = folder.parent / (folder.name + ".part")  # kept between attempts: the hub client resumes from it
+        staged = _staged(folder)
         model = repository.fetch(asked, staged, progress)
         shutil.rmtree(staged / ".cache", ignore_errors=True)
         files = {

@@ -17,13 +17,13 @@ from pathlib import Path
 from quadriga.errors import CatalogueError
 from quadriga.hub import repository
 from quadriga.hub.repository import HubName
+from quadriga.io import weight_names
 
 _log = logging.getLogger("quadriga.hub")
 
 OLLAMA = "ollama:"
 _OLLAMA_NAME = re.compile(r"(?:[\w.-]+(?::\d+)?/)?(?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?")
 _OLLAMA_HOST, _OLLAMA_LIBRARY = "registry.ollama.ai", "library"
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 
 
@@ -44,13 +44,11 @@ def in_hugging_face_cache(name: HubName) -> Path | None:
 
 
 def _is_whole(folder: Path, files: Sequence[str], *, is_folder: bool) -> bool:
-    here = set(files)
-    for file in files:
-        part = _SHARD.fullmatch(file)
-        if part and any(f"{part[1]}-{i:05d}-of-{part[2]}{part[3]}" not in here for i in range(1, int(part[2]) + 1)):
-            return False
+    if weight_names.lacks_parts(files):
+        return False
     if not is_folder:
         return True
+    here = set(files)
     for index in (file for file in files if file.endswith(".safetensors.index.json")):
         try:
             needed = set(json.loads((folder / index).read_text())["weight_map"].values())

@@ -22,7 +22,7 @@ from pathlib import Path
 from quadriga.errors import CatalogueError
 from quadriga.hub.cache import full_disk, need_room, size_of
 from quadriga.hub.download import Progress, watching
-from quadriga.io import gguf_names
+from quadriga.io import weight_names
 from quadriga.io.quantised import BESIDE
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -93,12 +93,12 @@ def chosen(sizes: Mapping[str, int], name: HubName) -> tuple[list[str], str]:
     Raises:
         CatalogueError: no weights of a kind that is read, none that ``which`` names, or several and none preferred.
     """
-    ggufs = gguf_names.models(sizes)
+    ggufs = weight_names.models(sizes)
     weights = _safetensors(sizes)
     if name.which is None and weights:
         beside = [file for file in sizes if any(_matches(file, kind) for kind in _BESIDE_WEIGHTS)]
-        if not any(file.startswith("consolidated") for file in weights):
-            beside = [file for file in beside if not file.startswith("consolidated")]
+        if not any(map(weight_names.is_copy, weights)):
+            beside = [file for file in beside if not weight_names.is_copy(file)]
         return [*weights, *beside], ""
     if not ggufs:
         if weights:
@@ -110,8 +110,7 @@ def chosen(sizes: Mapping[str, int], name: HubName) -> tuple[list[str], str]:
 
 def _safetensors(sizes: Mapping[str, int]) -> list[str]:
     """Those beside the configuration; Mistral's own copy of the same weights only where there is no other."""
-    found = [file for file in sizes if "/" not in file and file.endswith(".safetensors")]
-    return [file for file in found if not file.startswith("consolidated")] or found
+    return weight_names.without_copies([file for file in sizes if "/" not in file and file.endswith(".safetensors")])
 
 
 def _matches(file: str, kind: str) -> bool:
@@ -135,12 +134,12 @@ def _one_of(ggufs: list[list[str]], sizes: Mapping[str, int], name: HubName) -> 
 
 def _is_called(file: str, which: str) -> bool:
     path = Path(file)
-    names = {gguf_names.quantisation(file), file, path.name, path.stem, *map(str, path.parents)} - {"."}
+    names = {weight_names.quantisation(file), file, path.name, path.stem, *map(str, path.parents)} - {"."}
     return which.lower() in {one.lower() for one in names}
 
 
 def _listed(ggufs: Sequence[list[str]], sizes: Mapping[str, int]) -> str:
-    labels = [gguf_names.quantisation(parts[0]) for parts in ggufs]
+    labels = [weight_names.quantisation(parts[0]) for parts in ggufs]
     names = [
         label if label and labels.count(label) == 1 else parts[0] for label, parts in zip(labels, ggufs, strict=True)
     ]
@@ -169,7 +168,7 @@ def fetch(name: HubName, staged: Path, progress: Progress | None) -> str:
         files, model = chosen(sizes, name)
         total = sum(sizes[file] for file in files)
         need_room(staged.parent, total - size_of(staged))
-        label = f"{name.repository} {gguf_names.quantisation(model)}".rstrip()
+        label = f"{name.repository} {weight_names.quantisation(model)}".rstrip()
         if progress is not None:
             progress(0, total, label)
         with watching(staged, total, label, progress):

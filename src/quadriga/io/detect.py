@@ -15,7 +15,7 @@ from typing import Literal
 
 from quadriga.errors import CheckpointError
 from quadriga.io import directory as engine_file
-from quadriga.io import gguf, gguf_names, own_files
+from quadriga.io import gguf, own_files, weight_names
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.quantised import config as quantised
@@ -91,7 +91,7 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
         raw = read_json(path / own_params.FILE)
         config, notes = own_params.from_params(raw, lambda d_model: own_files.table_rows(path, d_model))
         return Located("own", path, config, tuple(notes))
-    models = gguf_names.models(file.name for file in path.glob("*.gguf"))
+    models = weight_names.models(file.name for file in path.glob("*.gguf"))
     if len(models) == 1:
         return _gguf(path / models[0][0], keep_open)
     if models:

@@ -20,7 +20,7 @@ import numpy as np
 
 from quadriga.errors import CheckpointError
 from quadriga.io.file_plan import FilePlan
-from quadriga.io.gguf_names import PART
+from quadriga.io.weight_names import PART
 from quadriga.model.weight_map import Shape
 from quadriga.quant.formats import BY_GGML_TYPE, FORMATS, UNREAD
 

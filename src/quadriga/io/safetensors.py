@@ -25,6 +25,7 @@ from quadriga.errors import CheckpointError
 from quadriga.io.file_plan import FilePlan
 from quadriga.io.json_files import parse_json, read_json
 from quadriga.io.source import TensorInfo
+from quadriga.io.weight_names import without_copies
 from quadriga.model.weight_map import Box, Shape, whole
 from quadriga.quant.dtypes import DTYPES, Array, raw_bytes
 
@@ -155,12 +156,10 @@ def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:
     files = sorted(path.glob("*.safetensors"))
     if (path / SINGLE) in files:
         return [(path / SINGLE, None)]
-    # Mistral's repositories hold the model twice: under its own names as well.
-    files = [file for file in files if not file.name.startswith("consolidated")] or files
     if not files:
         unsafe = sorted(f.name for f in path.iterdir() if f.suffix in UNSAFE_SUFFIXES)
         raise CheckpointError(_unsafe(unsafe[0]) if unsafe else f"{path} holds no *.safetensors files")
-    return [(file, None) for file in files]
+    return [(path / name, None) for name in without_copies([file.name for file in files])]
 
 
 def _unsafe(name: str) -> str:

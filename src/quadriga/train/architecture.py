@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from quadriga.errors import ConfigError
 from quadriga.model import families
 from quadriga.model.config import AttentionSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
-from quadriga.train.config import ModelSection
+from quadriga.train.config import ModelSection, RouterSection
 
 
 def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] = ()) -> ModelConfig:
@@ -47,6 +47,34 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
     return _expressible(made)
 
 
+def require_exportable(config: ModelConfig) -> None:
+    """Check that a run's result can be written: before it is trained, not behind.
+
+    Raises:
+        ConfigError: the family's config.json has no words for the model.
+    """
+    families.family_of(config).config_to_hf(config)
+
+
+def require_stored_bias(config: ModelConfig, router: RouterSection) -> None:
+    """Check that a balancing bias that does not fade has a place in what is exported.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if router.bias_rate and not router.bias_fade and not stores_bias(config):
+        raise ConfigError(
+            f"router.bias_fade must be above 0 with bias_rate: the files of this family, {config.family}, have no "
+            "place for the bias, so it must have faded to 0 by the end; take its default, or a preset that stores it "
+            "(dots.llm1)"
+        )
+
+
+def stores_bias(config: ModelConfig) -> bool:
+    """True if the files of the model's family have a place for a balancing bias in every mixture."""
+    return all(spec.correction for _, spec in config.moe_layers)
+
+
 def _expressible(config: ModelConfig) -> ModelConfig:
     """The model as its family's files can say it: some have no windows that are as long as the context.
 
@@ -70,8 +98,7 @@ def _write(config: ModelConfig) -> None:
     for kind in layers:
         if isinstance(kind.ffn, MoESpec):
             layers[kind] = replace(kind, ffn=replace(kind.ffn, aggregate="weighted_sum"))
-    summed = replace(config, layers=tuple(layers[layer] for layer in config.layers))
-    families.family_of(summed).config_to_hf(summed)
+    require_exportable(replace(config, layers=tuple(layers[layer] for layer in config.layers)))
 
 
 def _without_idle_window(layer: LayerSpec, config: ModelConfig) -> LayerSpec:

@@ -23,7 +23,7 @@ from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.config_json import config_from_json
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_index, source_shapes, whole
-from quadriga.train.config import RouterSection
+from quadriga.train.architecture import stores_bias
 from quadriga.train.run_directory import RunDirectory, chosen
 from quadriga.train.schedule import bias_share
 from quadriga.train.shards import ShardReader
@@ -73,33 +73,6 @@ def export(
     return int(folder.name.removeprefix("step-"))
 
 
-def require_exportable(config: ModelConfig) -> None:
-    """Check that a run's result can be written: before it is trained, not behind.
-
-    Raises:
-        ConfigError: the family's config.json has no words for the model.
-    """
-    families.family_of(config).config_to_hf(config)
-
-
-def require_stored_bias(config: ModelConfig, router: RouterSection) -> None:
-    """Check that a balancing bias that does not fade has a place in what is exported.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if router.bias_rate and not router.bias_fade and not _stores_bias(config):
-        raise ConfigError(
-            f"router.bias_fade must be above 0 with bias_rate: the files of this family, {config.family}, have no "
-            "place for the bias, so it must have faded to 0 by the end; take its default, or a preset that stores it "
-            "(dots.llm1)"
-        )
-
-
-def _stores_bias(config: ModelConfig) -> bool:
-    return all(spec.correction for _, spec in config.moe_layers)
-
-
 def trained(reader: ShardReader) -> Callable[[str], Tensor]:
     """Name of a parameter -> what a checkpoint has of it: its average where it is averaged, else the parameter.
 
@@ -122,7 +95,7 @@ def _balancing(reader: ShardReader, config: ModelConfig, state: Mapping[str, Any
     bias = reader.whole("router_bias") * bias_share(int(folder.name.removeprefix("step-")), n_steps, fade)
     if not bias.any():
         return {}
-    if not _stores_bias(config):
+    if not stores_bias(config):
         raise ConfigError(
             f"{folder} chooses experts with a bias (router.bias_rate), which this family's checkpoints cannot store. "
             "Export the run's last checkpoint, with router.bias_fade above 0: the bias is 0 there."

@@ -28,11 +28,10 @@ from quadriga.nn import devices
 from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
-from quadriga.train.architecture import model_config
+from quadriga.train.architecture import model_config, require_exportable, require_stored_bias
 from quadriga.train.branch import Branch, begin, undo
 from quadriga.train.config import RunConfig
 from quadriga.train.distill import same_ids
-from quadriga.train.export import require_exportable, require_stored_bias
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import NewWeights, StoredWeights
 from quadriga.train.loader import HeldOutSource, Prefetcher, open_corpora, open_held_out, open_source

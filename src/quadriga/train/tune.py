@@ -29,9 +29,10 @@ from quadriga.nn import devices
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import turn_ends
 from quadriga.train import report
+from quadriga.train.architecture import require_exportable
 from quadriga.train.batch import BatchSource, Objective
 from quadriga.train.distill import Distillation, ServedDistillation, TaughtSource
-from quadriga.train.export import require_exportable, trained, write_hf
+from quadriga.train.export import trained, write_hf
 from quadriga.train.grpo import GRPO
 from quadriga.train.held_out import HeldOut, held_out_losses, samples
 from quadriga.train.losses import NextToken
